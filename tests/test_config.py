@@ -398,7 +398,7 @@ FROM_VARIABLES = [field for field in FIELDS.values() if field.variables and not 
 @pytest.mark.parametrize("field", mostly_slow(FROM_VARIABLES, FROM_VARIABLES[::6]), ids=lambda f: f.name)
 def test_quotes_and_line_ends_around_a_variable_are_no_part_of_it(field: options.Field) -> None:
     values = {int: "1", float: "0.5", bool: "true"} | dict.fromkeys(("max_total_tokens", "max_input_tokens"), "20")
-    values |= {"memory_limit": "1GB", "hostname": "127.0.0.1", "sharded": "false", "num_shard": "2"}
+    values |= {"memory_limit": "1GB", "hostname": "127.0.0.1", "sharded": "false", "num_shard": "2", "node_rank": "0"}
     plain = field.option.choices[0] if field.option.choices else values.get(field.name, values.get(field.kind, "7"))
     variable = field.variables[0]
     expected = Settings.from_env({variable: plain})

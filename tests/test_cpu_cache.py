@@ -57,5 +57,6 @@ def test_an_edit_changes_the_keys_of_the_kernels_that_it_reaches_and_no_other(mo
     monkeypatch.setattr(cache, "_source", lambda name: original(name) + "# edited" * (name == "cpu.rows"))
     cache.source_key.cache_clear()
     assert {module for module in EMITTERS if cache.source_key(module) != before[module]} == {
-        "products", "experts", "rows", "recurrence", "special_rows", "ordered_rows", "attention"
+        "products", "experts", "rows", "recurrence", "special_rows", "ordered_rows", "attention",
+        "collective_rows",
     }  # fmt: skip

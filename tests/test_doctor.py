@@ -217,7 +217,7 @@ def test_a_model_that_is_not_here_is_noted() -> None:
 def test_the_ranks_are_told_with_their_part_of_the_cpus(
     words: list[str], text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("config", "host", "operate.doctor", "runtime.worker"):
+    for module in ("host", "operate.doctor", "runtime.worker"):
         monkeypatch.setattr(f"tokenmill.{module}.usable_cpus", lambda: 8)
     found = findings("--device", "cpu", *words)["ranks"]
     assert (found.verdict, found.text) == ("ok", text)

@@ -20,7 +20,6 @@ from tokenmill.engine.limits import SchedulerLimits
 from tokenmill.engine.scheduler import Scheduler
 from tokenmill.errors import GenerationError, OutOfMemory
 from tokenmill.models.base import program_of
-from tokenmill.parallel.group import Group
 from tokenmill.runtime.assembly import Assembled
 from tokenmill.runtime.executor import Executor
 from tokenmill.runtime.offline import OfflineEngine
@@ -143,7 +142,7 @@ def test_with_several_ranks_it_stays_an_error_that_ends_the_engine(tmp_path: Pat
     write_random(tmp_path, "llama", num_hidden_layers=1)
     backend = backend_of("torch", tmp_path)
     Faults(backend, "_slots.apply", 1.0)
-    backend.group = Group(0, 2)
+    backend._has_peers = True
     with pytest.raises(torch.OutOfMemoryError):
         backend.run(StepInputs(*(np.array([n], np.int32) for n in (0, 0, 1, 0)))).result()
     backend.close()

@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 from tokenmill.errors import ArgumentError
 
+ADDRESS, PORT = "localhost", 29500
+"""Defaults of `--master-addr` and `--master-port`, TGI's"""
 _LEAST_SECRET = 16  # bytes
 
 
@@ -20,8 +22,8 @@ class Nodes(NamedTuple):
 
     size: int = 1
     rank: int = 0
-    address: str = ""
-    port: int = 0
+    address: str = ADDRESS
+    port: int = PORT
     secret_file: str = ""
 
     def local_ranks(self, ranks: int) -> range:
@@ -60,15 +62,20 @@ class Nodes(NamedTuple):
         return f"tcp://[{self.address}]:{port}" if ":" in self.address else f"tcp://{self.address}:{port}"
 
 
-def check_nodes(nodes: Nodes, ranks: int, engines: int) -> None:
-    """Raise ArgumentError, with the cure, unless `ranks` of one engine can be divided among the nodes."""
+def check_nodes(nodes: Nodes, ranks: int, engines: int) -> list[str]:
+    """Return warnings of options without effect.
+
+    Raise ArgumentError, with the cure, unless `ranks` of one engine can be divided among the nodes.
+    """
     if nodes.rank >= nodes.size:
         raise ArgumentError(
             f"`node_rank` is {nodes.rank}, but there are {nodes.size} nodes: numbers begin with 0. Give the number of "
             "nodes as --num-nodes."
         )
     if nodes.size == 1:
-        return
+        given = {"addr": nodes.address != ADDRESS, "port": nodes.port != PORT}
+        why = "ranks of one machine meet in a private folder; it is for --num-nodes."
+        return [f"`--master-{name}` has no effect: {why}" for name, was_given in given.items() if was_given]
     if ranks % nodes.size:
         raise ArgumentError(
             f"{ranks} ranks (--num-shard times --pipeline-parallel-size) cannot be divided among {nodes.size} nodes "
@@ -85,6 +92,7 @@ def check_nodes(nodes: Nodes, ranks: int, engines: int) -> None:
             "secret: give each the same --cluster-secret-file (openssl rand -hex 32 > FILE)."
         )
     nodes.secret()
+    return []
 
 
 def _is_loopback(host: str) -> bool:

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import msgspec
 
-from tokenmill import options, surroundings
+from tokenmill import cluster, options, surroundings
 from tokenmill.amounts import graph_sizes, memory_bytes
 from tokenmill.cluster import Nodes, check_nodes
 from tokenmill.errors import ArgumentError
@@ -87,9 +87,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     disable_custom_kernels: Annotated[bool, Option("TGI: old kernels off.", no_effect="there are none.")] = False
     shard_uds_path: Annotated[str, Option("TGI: prefix of its sockets.", no_effect=_LOCAL)] = (
         "/tmp/text-generation-server")
-    master_addr: Annotated[str, Option("Address of node 0, with --num-nodes.")] = "localhost"
+    master_addr: Annotated[str, Option("Address of node 0, with --num-nodes.")] = cluster.ADDRESS
     master_port: Annotated[int, Option("First of the ports at which nodes meet, with --num-nodes.", at_least=1,
-                                       at_most=65535)] = 29500
+                                       at_most=65535)] = cluster.PORT
 
     # Limits
     max_concurrent_requests: Annotated[int, Option("Requests at once, 128 an engine; more get 429.", at_least=1)] = 128
@@ -318,8 +318,7 @@ def _checked(settings: Settings) -> Settings:
     if max_input is not None and total is not None and max_input >= total:
         raise ArgumentError(f"`max_input_tokens` ({max_input}) must be < `max_total_tokens` ({total}).")
     _check_limits(settings)
-    check_nodes(settings.nodes, settings.ranks_per_engine, settings.data_parallel_size)
-    warnings += _odd(settings)
+    warnings += check_nodes(settings.nodes, settings.ranks_per_engine, settings.data_parallel_size) + _odd(settings)
     memory_bytes(settings.memory_limit)
     graph_sizes(settings.cuda_graphs)
     return msgspec.structs.replace(
