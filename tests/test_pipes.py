@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 
@@ -14,12 +15,14 @@ from tokenmill.parallel.mesh import Mesh
 from tokenmill.parallel.pipes import Pipes
 
 
-def pipes_of(num_stages: int, tensor: int = 1) -> list[Pipes]:
-    """Return the pipes of all ranks, made at the same time on threads."""
+def pipes_of(num_stages: int, tensor: int = 1, host: str = "") -> list[Pipes]:
+    """Return the pipes of all ranks, made at the same time on threads. `host`: of ranks on several machines."""
     meeting, made = Meeting(num_stages * tensor), dict[int, Pipes]()
 
     def make(rank: int) -> None:
-        made[rank] = Pipes(Mesh.of(Rank(rank, meeting), num_stages))
+        world = Rank(rank, meeting)
+        world.host, world.secret = host, b"0123456789abcdef" if host else b""
+        made[rank] = Pipes(Mesh.of(world, num_stages))
 
     run_threads(make, meeting.size)
     return [made[rank] for rank in range(meeting.size)]
@@ -69,3 +72,13 @@ def test_closing_ends_a_wait_for_a_value() -> None:
     second.close()
     assert ended.wait(10)
     first.close()
+
+
+def test_stages_on_several_machines_are_connected_by_tcp() -> None:
+    first, second = pipes_of(2, host="127.0.0.1")
+    assert first._after is not None
+    assert first._after.family == socket.AF_INET
+    first.send(b"value")
+    assert received(second, 5) == b"value"
+    first.close()
+    second.close()

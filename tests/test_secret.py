@@ -61,7 +61,7 @@ def test_a_wrong_secret_is_refused_on_both_sides_and_the_next_node_is_served(
     with pytest.raises(WrongSecret, match="--cluster-secret-file"):
         connect(node.address, secret=other)
     assert talk(node.address) == "welcome"
-    assert "was refused" in caplog.text
+    assert "was refused: it has another secret" in caplog.text
 
 
 @pytest.mark.parametrize("data", [b"GET / HTTP/1.1\r\n\r\n", b"tokenmill cluster 1\n" + bytes(32 + 32), b"x"])

@@ -40,10 +40,10 @@ class Group:
     """Ranks 0 … `size` − 1 of an engine, or a part of them, seen from rank `rank`.
 
     `connect` makes a group of more than one rank. A group of one rank needs no connection. `host`: address of this
-    machine at which other machines' ranks reach it; "" if all are on one machine.
+    machine at which other machines' ranks reach it; "" if all are on one machine. `secret`: of their connections.
     """
 
-    host = ""
+    host, secret = "", b""
 
     def __init__(self, rank: int = 0, size: int = 1) -> None:
         self.rank, self.size = rank, size
@@ -90,6 +90,7 @@ class _Center(Group):
 
     def __init__(self, size: int, address: str, timeout_s: float, secret: bytes) -> None:
         super().__init__(0, size)
+        self.secret = secret
         self._others: dict[int, Channel[bytes]] = {}
         listener = Listener(address, secret=secret)
         try:
@@ -136,6 +137,7 @@ class _Spoke(Group):
 
     def __init__(self, rank: int, size: int, address: str, timeout_s: float, secret: bytes) -> None:
         super().__init__(rank, size)
+        self.secret = secret
         try:
             self._channel: Channel[list[bytes]] = Channel.connect(
                 address, list[bytes], timeout_s=timeout_s, secret=secret
@@ -163,7 +165,8 @@ class _Part(Group):
 
     def __init__(self, whole: Group, first: int, size: int) -> None:
         super().__init__(whole.rank - first, size)
-        self._whole, self._first, self.host = whole, first, whole.host
+        self._whole, self._first = whole, first
+        self.host, self.secret = whole.host, whole.secret
 
     def exchange(self, data: bytes = b"") -> list[bytes]:
         """See `Group`."""

@@ -1,4 +1,4 @@
-"""Values on their way from one stage of a model to the next, through a socket of this machine. No torch."""
+"""Values on their way from one stage of a model to the next, through sockets. No torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from socket import SHUT_RDWR, socket
 
 from tokenmill.parallel.mesh import Mesh
 from tokenmill.wire.channel import Listener, connect
+from tokenmill.wire.tcp import tcp_address
 
+_CONNECT_S = 5.0  # to another machine
 _MOST_SENDING = 64
 """Values that are sent ahead of the next stage, which holds up a stage that is faster."""
 
@@ -29,15 +31,19 @@ class Pipes:
         self._before: socket | None = None
         self._sender = ThreadPoolExecutor(1, thread_name_prefix="stages")
         self._sending: deque[Future[None]] = deque()
+        world = mesh.world
         with tempfile.TemporaryDirectory(prefix="stage-") as folder:
-            listener = Listener(str(Path(folder) / "socket")) if mesh.stage else None
+            place = tcp_address(world.host, 0) if world.host else str(Path(folder) / "socket")
+            listener = Listener(place, secret=world.secret) if mesh.stage else None
             try:
-                addresses = mesh.world.exchange(b"" if listener is None else listener.address.encode())
+                addresses = world.exchange(b"" if listener is None else listener.address.encode())
                 if mesh.stage < mesh.num_stages - 1:
-                    self._after = connect(addresses[mesh.neighbour(1)].decode())
+                    self._after = connect(
+                        addresses[mesh.neighbour(1)].decode(), timeout_s=_CONNECT_S, secret=world.secret
+                    )
                 if listener is not None:
                     self._before = listener.accept()
-                mesh.world.exchange()  # all are connected
+                world.exchange()  # all are connected
             finally:
                 if listener is not None:
                     listener.close()

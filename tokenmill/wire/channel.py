@@ -152,7 +152,7 @@ class Channel(Generic[T]):
 
 
 class Listener:
-    """Listening socket. `address`: a path, or "tcp://host:port".
+    """Listening socket. `address`: a path, or "tcp://host:port"; port 0 becomes a free one.
 
     Only this user may connect to a path; the stale socket of a dead process is replaced. Over TCP, only peers that hold
     `secret` are accepted. Raise AddressInUse if a port is taken.
@@ -167,6 +167,8 @@ class Listener:
                 self._socket.bind(address)
                 Path(address).chmod(0o600)
             self._socket.listen(backlog)
+            if self._is_tcp:
+                self.address = tcp.tcp_address(*self._socket.getsockname()[:2])
         except BaseException:
             self._socket.close()
             raise

@@ -30,7 +30,7 @@ def prove_as_listener(sock: socket.socket, secret: bytes) -> None:
     theirs, ours = _read(sock, _NONCE_BYTES), secrets.token_bytes(_NONCE_BYTES)
     sock.sendall(ours + _mac(secret, b"listener", theirs, ours))
     if not hmac.compare_digest(_read(sock, _MAC_BYTES), _mac(secret, b"caller", ours, theirs)):
-        raise WrongSecret("it has another secret")
+        raise WrongSecret("it has another secret; give every node the same --cluster-secret-file")
     sock.sendall(_WELCOME)
     sock.settimeout(before)
 
@@ -42,9 +42,10 @@ def prove_as_caller(sock: socket.socket, secret: bytes, address: str) -> None:
     ours = secrets.token_bytes(_NONCE_BYTES)
     sock.sendall(_HELLO + ours)
     theirs = _read(sock, _NONCE_BYTES)
-    if not hmac.compare_digest(_read(sock, _MAC_BYTES), _mac(secret, b"listener", ours, theirs)):
+    proof = _read(sock, _MAC_BYTES)
+    sock.sendall(_mac(secret, b"caller", theirs, ours))  # even after a wrong one: the listener's log tells why, too
+    if not hmac.compare_digest(proof, _mac(secret, b"listener", ours, theirs)):
         raise WrongSecret(f"{address} has another secret. Give every node the same --cluster-secret-file.")
-    sock.sendall(_mac(secret, b"caller", theirs, ours))
     _read(sock, len(_WELCOME))
     sock.settimeout(before)
 
