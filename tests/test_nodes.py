@@ -77,7 +77,7 @@ def test_a_lost_node_ends_its_requests_and_serves_again_when_it_is_back(start: S
     other = start(1, *slow)
     server.wait_until_ready()
     answer = server.post("/generate", {"inputs": "x", "parameters": {"max_new_tokens": 9}})
-    assert answer.json()["generated_text"] == TEXT[:9]
+    assert answer.json()["generated_text"] == TEXT[:8], "one letter has two bytes"
 
     assert len(ranks_of(other)) == 1
     server.process.kill()
