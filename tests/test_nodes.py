@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import threading
@@ -49,8 +50,12 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
 def ranks_of(server: Server) -> list[psutil.Process]:
     """Return the processes of a node's ranks."""
-    children = psutil.Process(server.process.pid).children(recursive=True)
-    return [child for child in children if "runtime.worker" in " ".join(child.cmdline())]
+    found = []
+    for child in psutil.Process(server.process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
+            if "runtime.worker" in " ".join(child.cmdline()):
+                found.append(child)
+    return found
 
 
 def test_a_lost_node_ends_its_requests_and_serves_again_when_it_is_back(start: Start) -> None:

@@ -11,7 +11,6 @@ import importlib
 import logging
 import select
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -138,17 +137,13 @@ def _dead(ranks: Ranks) -> Child | None:
 
 @contextlib.contextmanager
 def _stopped_by_signals() -> Iterator[None]:
-    """Raise _Stopped in the block at the first signal that asks to stop."""
+    """Raise _Stopped in the block at the first signal that asks to stop. Later ones are ignored: it is ending."""
 
     def stop(number: int, frame: object) -> None:
         for other in (signal.SIGINT, signal.SIGTERM):
             signal.signal(other, signal.SIG_IGN)
         raise _Stopped
 
-    old = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
-        sys.stdout.flush()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    yield
