@@ -20,7 +20,7 @@ Start = Callable[..., Server]
 
 
 def three_ports() -> int:
-    """Return the first of three ports in a row that nobody listens on."""
+    """Return the first of three free ports in a row."""
     while True:
         first = unused_port()
         try:

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 
 import pytest
 
+from tokenmill.cluster import is_loopback, tcp_address
 from tokenmill.errors import AddressInUse, WrongSecret
 from tokenmill.wire import secret as proof
 from tokenmill.wire.channel import Channel, Listener, connect
-from tokenmill.wire.tcp import is_loopback, tcp_address
 
 SECRET = b"a secret of sixteen bytes or more"
 

@@ -14,6 +14,8 @@ from tokenmill.errors import ArgumentError
 
 ADDRESS, PORT = "localhost", 29500
 """Defaults of `--master-addr` and `--master-port`, TGI's"""
+SCHEME = "tcp://"
+"""Beginning of addresses between machines"""
 _LEAST_SECRET = 16  # bytes
 
 
@@ -59,7 +61,7 @@ class Nodes(NamedTuple):
         return secret
 
     def _at(self, port: int) -> str:
-        return f"tcp://[{self.address}]:{port}" if ":" in self.address else f"tcp://{self.address}:{port}"
+        return tcp_address(self.address, port)
 
 
 def check_nodes(nodes: Nodes, ranks: int, engines: int) -> list[str]:
@@ -86,7 +88,7 @@ def check_nodes(nodes: Nodes, ranks: int, engines: int) -> list[str]:
             "`data_parallel_size` is for the engines of one machine. With several nodes, start a server for each group "
             "of them, and put a load balancer or `tokenmill deploy` in front."
         )
-    if not nodes.secret_file and not _is_loopback(nodes.address):
+    if not nodes.secret_file and not is_loopback(nodes.address):
         raise ArgumentError(
             f"With --num-nodes {nodes.size}, ports of {nodes.address} are open to the network, so nodes need a shared "
             "secret: give each the same --cluster-secret-file (openssl rand -hex 32 > FILE)."
@@ -95,7 +97,13 @@ def check_nodes(nodes: Nodes, ranks: int, engines: int) -> list[str]:
     return []
 
 
-def _is_loopback(host: str) -> bool:
+def tcp_address(host: str, port: int) -> str:
+    """Return the address of a port of a host: "tcp://host:port", with an IPv6 host in brackets."""
+    return f"{SCHEME}[{host}]:{port}" if ":" in host else f"{SCHEME}{host}:{port}"
+
+
+def is_loopback(host: str) -> bool:
+    """Return True if a host's name or address is reached from this machine only."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:

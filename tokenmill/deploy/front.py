@@ -26,7 +26,7 @@ from tokenmill.deploy.prompts import prompt_and_limit
 from tokenmill.deploy.selection import Served, select
 from tokenmill.errors import GenerationError, NotReady, RequestError
 from tokenmill.server import failures, sse
-from tokenmill.server.app import InternalError
+from tokenmill.server.app import InternalError, lifespan
 from tokenmill.server.resume import RESUME_HEADER, TOKEN_IDS_HEADER
 
 DIRECT_HEADER = b"x-tokenmill-route"
@@ -56,7 +56,7 @@ class Front:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request. See ASGI."""
         if scope["type"] == "lifespan":
-            await _lifespan(receive, send)
+            await lifespan(receive, send)
         elif scope["type"] == "http":
             body = await _body(receive, self._payload_limit)
             if body is not None:
@@ -341,11 +341,3 @@ def _is_stream(head: Head) -> bool:
 def _own(headers: Headers) -> Headers:
     """Return a server's headers without the id that Serve's proxy adds, which is the same."""
     return [(name, value) for name, value in headers if name.lower() != b"x-request-id"]
-
-
-async def _lifespan(receive: Receive, send: Send) -> None:
-    while True:
-        message: Message = await receive()
-        await send({"type": message["type"] + ".complete"})
-        if message["type"] == "lifespan.shutdown":
-            return

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 
 import msgspec
 
 from tokenmill.engine.engine import Link
-from tokenmill.parallel.group import JOIN_S, RanksMissing
+from tokenmill.parallel.group import JOIN_S, accept_ranks, connect_rank
 from tokenmill.wire.channel import Channel, Listener, frame
 from tokenmill.wire.messages import Output, Stats, ToScheduler
 
@@ -22,12 +21,6 @@ class FollowerFrame(msgspec.Struct, frozen=True, array_like=True):
 
     messages: tuple[ToScheduler, ...]
     plan: bytes = b""  # digest of the previous plan; b"": not compared
-
-
-class Hello(msgspec.Struct, frozen=True, array_like=True):
-    """First frame of a follower."""
-
-    rank: int
 
 
 class Broadcast:
@@ -59,24 +52,12 @@ class RankServer:
     def __init__(self, address: str, size: int, secret: bytes = b"") -> None:
         self._listener = Listener(address, secret=secret)
         self._size = size
-        self._followers: dict[int, Channel[Hello]] = {}
+        self._followers: dict[int, Channel[bytes]] = {}
         self._encoder = msgspec.msgpack.Encoder()
 
     def wait(self, timeout_s: float = JOIN_S) -> None:
         """Wait until every other rank has connected. Raise RanksMissing after `timeout_s` seconds."""
-        deadline = time.monotonic() + timeout_s
-        while missing := sorted(set(range(1, self._size)) - set(self._followers)):
-            left = max(0.001, deadline - time.monotonic())
-            self._listener.set_timeout(left)
-            try:
-                channel: Channel[Hello] = Channel(self._listener.accept(), Hello)
-                channel.set_timeout(left)
-                hello = channel.receive()
-            except TimeoutError:
-                raise RanksMissing(missing, timeout_s) from None
-            channel.set_timeout(None)
-            if hello is not None:
-                self._followers[hello.rank] = channel
+        accept_ranks(self._listener, self._followers, self._size, timeout_s)
 
     def broadcast(self, message: FollowerFrame) -> None:
         """Send the messages of a step to every follower. Raise OSError if one is gone: the engine must end."""
@@ -96,10 +77,7 @@ class Follower:
 
     def __init__(self, address: str, rank: int, timeout_s: float = JOIN_S, secret: bytes = b"") -> None:
         self._rank = rank
-        self._channel: Channel[FollowerFrame] = Channel.connect(
-            address, FollowerFrame, timeout_s=timeout_s, secret=secret
-        )
-        self._channel.send(Hello(rank))
+        self._channel: Channel[FollowerFrame] = connect_rank(rank, address, FollowerFrame, timeout_s, secret)
 
     def receive(self, block: bool, plan: bytes = b"") -> list[ToScheduler]:
         """See `engine.Link`. Always block until the frame of rank 0 arrives.

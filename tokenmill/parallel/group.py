@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-
-import msgspec
+from typing import Any
 
 from tokenmill.errors import StartError
 from tokenmill.wire.channel import Channel, Listener
@@ -32,8 +31,31 @@ class RanksMissing(StartError):
         )
 
 
-class _Hello(msgspec.Struct, frozen=True, array_like=True):
-    rank: int
+def accept_ranks(listener: Listener, others: dict[int, Channel[bytes]], size: int, timeout_s: float) -> None:
+    """Accept the connections of ranks 1 … `size` − 1 that are not in `others` yet, by rank, and add them to it.
+
+    Raise RanksMissing after `timeout_s` seconds.
+    """
+    deadline = time.monotonic() + timeout_s
+    while missing := sorted(set(range(1, size)) - set(others)):
+        left = max(0.001, deadline - time.monotonic())
+        listener.set_timeout(left)
+        try:
+            channel: Channel[bytes] = Channel(listener.accept(), bytes)
+            channel.set_timeout(left)
+            rank = channel.receive()
+        except TimeoutError:
+            raise RanksMissing(missing, timeout_s) from None
+        channel.set_timeout(None)
+        if rank is not None:
+            others[int(rank)] = channel
+
+
+def connect_rank(rank: int, address: str, kind: Any, timeout_s: float, secret: bytes) -> Channel[Any]:
+    """Return a connection to rank 0, which `accept_ranks` accepts. `kind`: of what it sends. Raises OSError."""
+    channel: Channel[Any] = Channel.connect(address, kind, timeout_s=timeout_s, secret=secret)
+    channel.send(str(rank).encode())
+    return channel
 
 
 class Group:
@@ -94,25 +116,13 @@ class _Center(Group):
         self._others: dict[int, Channel[bytes]] = {}
         listener = Listener(address, secret=secret)
         try:
-            deadline = time.monotonic() + timeout_s
-            while missing := sorted(set(range(1, size)) - set(self._others)):
-                listener.set_timeout(max(0.001, deadline - time.monotonic()))
-                try:
-                    self._accept(listener, deadline)
-                except TimeoutError:
-                    self.close()
-                    raise RanksMissing(missing, timeout_s) from None
+            accept_ranks(listener, self._others, size, timeout_s)
+        except RanksMissing:
+            self.close()
+            raise
         finally:
             listener.close()
-
-    def _accept(self, listener: Listener, deadline: float) -> None:
-        channel: Channel[bytes] = Channel(listener.accept(), bytes)
-        channel.set_timeout(max(0.001, deadline - time.monotonic()))
-        data = channel.receive()
-        channel.set_timeout(None)
-        if data is not None:
-            self._others[msgspec.msgpack.decode(data, type=_Hello).rank] = channel
-            self.host = channel.host
+        self.host = self._others[1].host
 
     def exchange(self, data: bytes = b"") -> list[bytes]:
         """See `Group`."""
@@ -139,13 +149,10 @@ class _Spoke(Group):
         super().__init__(rank, size)
         self.secret = secret
         try:
-            self._channel: Channel[list[bytes]] = Channel.connect(
-                address, list[bytes], timeout_s=timeout_s, secret=secret
-            )
+            self._channel: Channel[list[bytes]] = connect_rank(rank, address, list[bytes], timeout_s, secret)
         except OSError:
             raise RanksMissing([0], timeout_s) from None
         self.host = self._channel.host
-        self._channel.send(msgspec.msgpack.encode(_Hello(rank)))
 
     def exchange(self, data: bytes = b"") -> list[bytes]:
         """See `Group`."""

@@ -9,9 +9,9 @@ from contextlib import suppress
 from pathlib import Path
 from socket import SHUT_RDWR, socket
 
+from tokenmill.cluster import tcp_address
 from tokenmill.parallel.mesh import Mesh
 from tokenmill.wire.channel import Listener, connect
-from tokenmill.wire.tcp import tcp_address
 
 _CONNECT_S = 5.0  # to another machine
 _MOST_SENDING = 64

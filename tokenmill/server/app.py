@@ -49,7 +49,7 @@ class App:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request. See ASGI."""
         if scope["type"] == "lifespan":
-            await _lifespan(receive, send)
+            await lifespan(receive, send)
             return
         if scope["type"] != "http":
             return
@@ -144,7 +144,8 @@ class InternalError(RequestError):
     """A bug of this server in one request."""
 
 
-async def _lifespan(receive: Receive, send: Send) -> None:
+async def lifespan(receive: Receive, send: Send) -> None:
+    """Answer the messages of ASGI's lifespan until the shutdown. There is nothing to start or end."""
     while True:
         message: Message = await receive()
         await send({"type": message["type"] + ".complete"})

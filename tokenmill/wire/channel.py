@@ -19,6 +19,7 @@ from typing import Any, Generic, TypeVar, cast
 
 import msgspec
 
+from tokenmill.cluster import tcp_address
 from tokenmill.errors import WrongSecret
 from tokenmill.wire import tcp
 from tokenmill.wire.secret import prove_as_caller, prove_as_listener
@@ -168,7 +169,7 @@ class Listener:
                 Path(address).chmod(0o600)
             self._socket.listen(backlog)
             if self._is_tcp:
-                self.address = tcp.tcp_address(*self._socket.getsockname()[:2])
+                self.address = tcp_address(*self._socket.getsockname()[:2])
         except BaseException:
             self._socket.close()
             raise

@@ -1,40 +1,24 @@
-"""TCP sockets between the machines of a cluster. An address is "tcp://host:port", IPv6 hosts in brackets."""
+"""TCP sockets between the machines of a cluster, at addresses as `cluster.tcp_address` makes them."""
 
 from __future__ import annotations
 
 import errno
-import ipaddress
 import os
 import socket
 import time
 
+from tokenmill.cluster import SCHEME
 from tokenmill.errors import AddressInUse, ArgumentError
 
 SILENT_S = 4
 """Seconds after which the connection to a machine that does not answer is broken."""
 
-_SCHEME = "tcp://"
 _RETRY_S = 0.2
 
 
 def is_tcp(address: str) -> bool:
     """Return True for an address of this module, False for a path."""
-    return address.startswith(_SCHEME)
-
-
-def tcp_address(host: str, port: int) -> str:
-    """Return the address of a port of a host."""
-    return f"{_SCHEME}[{host}]:{port}" if ":" in host else f"{_SCHEME}{host}:{port}"
-
-
-def is_loopback(host: str) -> bool:
-    """Return True if a host's name or address is reached from this machine only."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    return address.startswith(SCHEME)
 
 
 def listening(address: str) -> socket.socket:
@@ -86,5 +70,5 @@ def tuned(sock: socket.socket) -> socket.socket:
 
 
 def _split(address: str) -> tuple[str, int]:
-    host, _, port = address.removeprefix(_SCHEME).rpartition(":")
+    host, _, port = address.removeprefix(SCHEME).rpartition(":")
     return host.strip("[]"), int(port)
